@@ -124,7 +124,7 @@ class Peers:
 
         run, path = self._moments(), self._output / "imatrix.gguf"
         tokens = run.ledger()["calibrate"].summary["tokens"]
-        found = read_statistics(run.folder / FOLDER / STATISTICS)
+        found, _ = read_statistics(run.folder / FOLDER / STATISTICS)
         moments = {name: of.second_moments for name, of in found.items()}
         write_importance_matrix(path, moments, tokens, base_folder(self._base))
         return path, {"calibrate": read_json(run.folder.parent / "making.json", {}).get("calibrate", {})}

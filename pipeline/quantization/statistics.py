@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.config.catalog import Need
@@ -24,13 +24,23 @@ class Statistics:
         tokens: T.
         second_moments: mean of the squares, (K,) float32.
         gram: inputs.T @ inputs / T, (K, K) float32; None if no rounding needs it. On the same device.
-        range: their range; None if no variant needs it.
+        range: their range after smoothing (`equivalences.smoothing`); None if no variant needs it.
     """
 
     tokens: int
     second_moments: torch.Tensor
     gram: torch.Tensor | None = None
     range: InputRange | None = None
+
+    def divided(self, exponents: torch.Tensor) -> Statistics:
+        """Return the statistics of inputs whose channels are divided by powers of two; the range is that already.
+
+        Args:
+            exponents: of the channels, (K,).
+        """
+        powers = exponents.to(self.second_moments.device).float().exp2()
+        gram = None if self.gram is None else self.gram / powers / powers.unsqueeze(1)
+        return replace(self, second_moments=self.second_moments / powers.square(), gram=gram)
 
 
 Collected = Mapping[str, Statistics]  # name of a weight -> statistics of its layer's inputs

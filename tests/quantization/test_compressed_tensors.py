@@ -21,6 +21,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.collect import collect
+from pipeline.quantization.equivalences.folding import FoldedPowers
 from pipeline.quantization.formats import format_of, stored_bytes, stored_weights
 from pipeline.quantization.formats.compressed_tensors import packed
 from pipeline.quantization.statistics import Statistics
@@ -60,11 +61,18 @@ for number, (root, subfolder) in enumerate(json.loads(sys.argv[1])):
 def calibrated(tiny_model, tmp_path_factory):
     """A checkpoint with each variant beside it whose inputs have static scales."""
     source = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("static") / "model")
-    statistics = {}
+    statistics, smoothing = {}, FoldedPowers()
     for found in collect(BlockwiseModel(source), [IDS[0].tolist()] * 2, Need.SECOND_MOMENTS, ranges=True):
         statistics |= found.statistics
+        smoothing |= found.smoothing
     specs = [VariantSpec(name=name).resolved() for name in STATIC]
-    variants = Variants(specs, {name: source / name for name in STATIC}, linear_weights(source), statistics=statistics)
+    variants = Variants(
+        specs,
+        {name: source / name for name in STATIC},
+        linear_weights(source),
+        statistics=statistics,
+        equivalences=dict.fromkeys(STATIC, smoothing),
+    )
     variants.make_of(source)
     assert not variants.failed
     return source
@@ -134,7 +142,11 @@ def test_stock_logits_are_those_of_the_codes(stock, releases, case):
 
     root, variant = releases[case]
     model = AutoModelForCausalLM.from_pretrained(root, dtype="auto")
-    for name, weight in codes_of(root, variant).items():
+    checkpoint, codes = Checkpoint(root / variant), codes_of(root, variant)
+    for name, parameter in model.named_parameters():
+        if name in checkpoint and name.removesuffix(".weight") not in codes:  # norms, which smoothing changes
+            parameter.data = checkpoint.read(name)
+    for name, weight in codes.items():
         model.get_submodule(name).weight.data = weight.dequantize(torch.bfloat16)
     with torch.no_grad():
         expected = model(IDS).logits.float()

@@ -73,6 +73,11 @@ class BlockwiseModel:
         """Return the names of the linear weights of a block."""
         return [name for name in self.linear if name.startswith(f"{self._prefix}{block}.")]
 
+    def names_of(self, block: int) -> list[str]:
+        """Return the names of the parameters of a block."""
+        names = (name for name in self._stored if name.startswith(f"{self._prefix}{block}."))
+        return [name for name in names if _is_parameter(self.skeleton, name)]
+
     def weight(self, name: str) -> torch.Tensor:
         """Return a weight (N, K) as it is stored."""
         return self._checkpoint.read(name)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pipeline.config.catalog import Need
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.check import check_blocks
-from pipeline.quantization.input_range import InputRange
+from pipeline.quantization.equivalences.folding import Fold, FoldedPowers, find_folds
+from pipeline.quantization.equivalences.smoothing import column_energies, smoothed
+from pipeline.quantization.input_range import ChannelRanges
 from pipeline.quantization.statistics import Statistics
 
 BATCH_TOKENS = 2048
@@ -24,11 +26,13 @@ class Collected:
         block: its number.
         statistics: of its linear layers, by the name of the weight.
         activations: its outputs (B, T, H), one tensor for each batch, which are the inputs of the next block.
+        smoothing: the powers of two that the ranges of its inputs are divided by.
     """
 
     block: int
     statistics: dict[str, Statistics]
     activations: list[torch.Tensor]
+    smoothing: FoldedPowers = FoldedPowers()
 
 
 def collect(
@@ -47,7 +51,7 @@ def collect(
         need: whether Gram matrices are collected too.
         first: the first block to run.
         activations: its inputs; None to begin with the embedding.
-        ranges: whether ranges are collected too.
+        ranges: whether inputs are smoothed, and their ranges collected.
 
     Raises:
         ModelError: if the architecture cannot be run block by block.
@@ -59,12 +63,35 @@ def collect(
             activations = [model.enter(ids) for ids in batches]
     activations = [hidden.to(model.device) for hidden in activations]
     for block in range(first, model.count):
-        sums = Sums(need, ranges)
+        sums, powers, first_input = Sums(need, ranges), FoldedPowers(), activations[0]
         with model.loaded(block):
             for number, ids in enumerate(batches):
                 sums.begin()
                 activations[number] = model.run(block, ids, activations[number], sums.add)
-        yield Collected(block, sums.statistics(), activations)
+            found = sums.statistics()
+            if ranges:
+                folds = find_folds(model, block, sums.together(), batches[0], first_input)
+                found, powers = _smoothed(model, sums, found, folds)
+        yield Collected(block, found, activations, powers)
+        del found  # or its Gram matrices would stay in memory until those of the next block are there
+
+
+def _smoothed(
+    model: BlockwiseModel, sums: Sums, found: dict[str, Statistics], folds: Sequence[Fold]
+) -> tuple[dict[str, Statistics], FoldedPowers]:
+    """Return the statistics of a loaded block with the ranges of smoothed inputs, and the smoothing."""
+    fold_of = {fold.consumers[0]: fold for fold in folds}
+    powers, ranged = FoldedPowers(), dict[str, Statistics]()
+    for names in sums.together():
+        first = names[0]
+        inputs, moments = sums.ranges(first), found[first].second_moments
+        weights = [model.skeleton.get_parameter(name).data for name in names]
+        energies, exponents = column_energies(weights), None
+        if first in fold_of and (chosen := smoothed(fold_of[first], inputs, moments, weights)):
+            powers, exponents = powers | chosen, chosen.multiplied[first]
+            energies = energies * exponents.float().exp2().square()
+        ranged |= dict.fromkeys(names, replace(found[first], range=inputs.together(energies, exponents)))
+    return ranged, powers
 
 
 class Sums:
@@ -72,7 +99,7 @@ class Sums:
 
     def __init__(self, need: Need, ranges: bool = False):
         self._need, self._has_ranges = need, ranges
-        self._ranges: dict[str, InputRange] = {}
+        self._ranges: dict[str, ChannelRanges] = {}
         self._leader: dict[str, str] = {}  # name -> the first layer with the same input
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
@@ -99,7 +126,7 @@ class Sums:
             self._sums[name] = wide.T @ wide
         self._tokens[name] = self._tokens.get(name, 0) + len(wide)
         if self._has_ranges:
-            found = InputRange.of(wide)
+            found = ChannelRanges.of(wide)
             self._ranges[name] = self._ranges[name].plus(found) if name in self._ranges else found
 
     def statistics(self) -> dict[str, Statistics]:
@@ -113,8 +140,17 @@ class Sums:
             means = self._sums.pop(name).div_(tokens)
             is_gram = means.ndim == 2
             moments, gram = (means.diagonal().clone(), means) if is_gram else (means, None)
-            found[name] = Statistics(tokens, moments, gram, self._ranges.pop(name, None))
+            found[name] = Statistics(tokens, moments, gram)
         return found
+
+    def ranges(self, name: str) -> ChannelRanges:
+        """Return the ranges of the inputs of the first layer that has them."""
+        return self._ranges[name]
+
+    def together(self) -> list[tuple[str, ...]]:
+        """Return the names of the layers, those with the same input in one item."""
+        leaders = dict.fromkeys(self._leader.values())
+        return [tuple(name for name, of in self._leader.items() if of == leader) for leader in leaders]
 
 
 def _is_same(known: torch.Tensor, version: int, inputs: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from pipeline.errors import QuantizationError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.quantization.equivalences.folding import FoldedPowers
 from pipeline.quantization.grid import Grid, GroupQuantized
 from pipeline.quantization.input_range import InputRange
 from pipeline.quantization.statistics import Statistics
@@ -18,6 +19,7 @@ from pipeline.system.files import sync
 
 _PARTS = ("codes", "scale", "zero")
 _MOMENTS, _TOKENS, _COUNTS, _LARGEST = "second_moments", "tokens", "counts", "largest"
+_DIVIDED, _MULTIPLIED = "divided", "multiplied"  # exponents of the smoothing
 
 
 def save_block(folder: Path, block: int, weights: Mapping[str, GroupQuantized]) -> None:
@@ -91,10 +93,26 @@ def statistics_from(tensors: Mapping[str, torch.Tensor]) -> dict[str, Statistics
     return found
 
 
-def read_statistics(path: Path) -> dict[str, Statistics]:
-    """Return the statistics in a file, by the name of the weight."""
+def powers_as_tensors(powers: FoldedPowers) -> dict[str, torch.Tensor]:
+    """Return the powers of a smoothing as tensors for a file."""
+    parts = {_DIVIDED: powers.divided, _MULTIPLIED: powers.multiplied}
+    return {f"{name}:{part}": tensor.clone() for part, of in parts.items() for name, tensor in of.items()}
+
+
+def powers_from(tensors: Mapping[str, torch.Tensor]) -> FoldedPowers:
+    """Return the powers of a smoothing that such tensors hold."""
+
+    def part(kind: str) -> dict[str, torch.Tensor]:
+        return {key.removesuffix(f":{kind}"): tensors[key] for key in tensors if key.endswith(f":{kind}")}
+
+    return FoldedPowers(part(_DIVIDED), part(_MULTIPLIED))
+
+
+def read_statistics(path: Path) -> tuple[dict[str, Statistics], FoldedPowers]:
+    """Return the statistics in a file, by the name of the weight, and the smoothing of their ranges."""
     checkpoint = Checkpoint.of_files([path])
-    return statistics_from({name: checkpoint.read(name) for name in checkpoint})
+    tensors = {name: checkpoint.read(name) for name in checkpoint}
+    return statistics_from(tensors), powers_from(tensors)
 
 
 class RoundedLayers(Mapping[str, GroupQuantized]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +25,28 @@ from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from pipeline.quantization.calibration.blocks import BlockwiseModel
+    from pipeline.quantization.equivalences.folding import FoldedPowers
     from pipeline.quantization.grid import Grid
     from pipeline.quantization.layers import RoundedWeights
     from pipeline.quantization.statistics import Statistics
 
 DISTILLED = "distilled"  # the folder of what `distill` makes of them
 FOLDER, STATISTICS, BORDER = "calibration", "statistics.safetensors", "border.safetensors"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration left for a variant.
+
+    Attributes:
+        statistics: by the name of the weight.
+        rounded: its rounded weights, if they were rounded with Gram matrices.
+        smoothing: the change of the model's weights before they are rounded, if its inputs are smoothed.
+    """
+
+    statistics: dict[str, Statistics]
+    rounded: RoundedWeights | None
+    smoothing: FoldedPowers | None
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -47,7 +63,7 @@ def depends(config: Config, workspace: Workspace, variants: tuple[str, ...]) -> 
 
 def collected_with(config: Config, workspace: Workspace) -> dict:
     """Return the dependencies of the statistics as plain data."""
-    ranges = {"ranges": True} if config.quantize.needs_ranges else {}
+    ranges = {"ranges": "smoothed"} if config.quantize.needs_ranges else {}
     return {
         **ranges,
         "calibration": config.quantize.calibration.model_dump(),
@@ -90,11 +106,14 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     from pipeline.quantization.calibration.collect import collect
     from pipeline.quantization.calibration.rounding import round_layers
     from pipeline.quantization.calibration.store import (
+        powers_as_tensors,
+        powers_from,
         save_block,
         save_whole,
         statistics_as_tensors,
         statistics_from,
     )
+    from pipeline.quantization.equivalences.folding import FoldedPowers
     from pipeline.quantization.layers import unfit
     from pipeline.quantization.roundings import rounding
 
@@ -119,10 +138,11 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     if wanted.items() <= kept.items():
         return outcome
     missing = {name: made for name, made in wanted.items() if kept.get(name) != made}
-    first, activations, statistics = 0, None, {}
+    first, activations, statistics, smoothing = 0, None, {}, FoldedPowers()
     if workspace.progress("calibrate", "block") == computed | missing and (folder / BORDER).is_file():
         border = load_file(folder / BORDER)
         first, statistics = int(border["block"]) + 1, statistics_from(border)
+        smoothing = powers_from(border)
         activations = [border[str(number)] for number in range(len(border)) if str(number) in border]
     else:
         _remove_except(folder, [STATISTICS, *(kept.keys() - missing.keys())] if kept else [])
@@ -133,15 +153,19 @@ def run(config: Config, workspace: Workspace, events: Events, variants: tuple[st
     for found in collect(model, windows, need, first, activations, config.quantize.needs_ranges):
         for spec in rounded:
             here = {name: on for name, on in on_grids[spec.name].items() if name in found.statistics}
-            made = round_layers(rounding(str(spec.rounding)), model.weight_rows, here, found.statistics)
+            powers = found.smoothing if spec.variant.static_inputs else FoldedPowers()
+            read, how = powers.reading(model.weight_rows), rounding(str(spec.rounding))
+            made = round_layers(how, read, here, powers.divide(found.statistics))
             save_block(folder / spec.name, found.block, made)
         statistics |= {name: replace(of, gram=None) for name, of in found.statistics.items()}
+        smoothing |= found.smoothing
         outputs = {str(number): hidden for number, hidden in enumerate(found.activations)}
-        border = {"block": torch.tensor(found.block), **statistics_as_tensors(statistics), **outputs}
+        kept_so_far = statistics_as_tensors(statistics) | powers_as_tensors(smoothing)
+        border = {"block": torch.tensor(found.block), **kept_so_far, **outputs}
         save_whole(border, folder / BORDER)
         events.progress(found.block + 1, model.count, "calibrating")
         del found, outputs, border  # or its Gram matrices would stay in memory until those of the next block are there
-    save_whole(statistics_as_tensors(statistics), folder / STATISTICS)
+    save_whole(statistics_as_tensors(statistics) | powers_as_tensors(smoothing), folder / STATISTICS)
     (folder / BORDER).unlink()
     workspace.note("calibrate", block=None, made={**kept, **computed, **missing})
     return outcome
@@ -201,11 +225,15 @@ def about(config: Config, workspace: Workspace) -> dict:
     return calibration_text.about(config, workspace) | {"calibration_tokens": tokens}
 
 
-def read(config: Config, workspace: Workspace, name: str) -> tuple[dict[str, Statistics], dict[str, RoundedWeights]]:
-    """Return the statistics, and the rounded weights of a variant, of a finished calibration."""
+def read(config: Config, workspace: Workspace, name: str) -> Calibrated:
+    """Return what a finished calibration left for a variant."""
     from pipeline.quantization.calibration.store import RoundedFolder, read_statistics
 
-    folder, needs_gram = workspace.folder / FOLDER, config.quantize.spec(name).need(True) == Need.GRAM_MATRIX
+    folder, spec = workspace.folder / FOLDER, config.quantize.spec(name)
     made = (workspace.folder / DISTILLED if name in config.quantize.distilled else folder) / name
-    rounded: dict[str, RoundedWeights] = {name: RoundedFolder(made)} if needs_gram else {}
-    return read_statistics(folder / STATISTICS), rounded
+    statistics, smoothing = read_statistics(folder / STATISTICS)
+    return Calibrated(
+        statistics,
+        RoundedFolder(made) if spec.need(True) == Need.GRAM_MATRIX else None,
+        smoothing if spec.variant.static_inputs else None,
+    )

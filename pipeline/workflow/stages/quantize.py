@@ -26,8 +26,6 @@ from pipeline.workflow.stages.inputs import base_revision, full_model, made_from
 from pipeline.workflow.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.quantization.layers import RoundedWeights
-    from pipeline.quantization.statistics import Collected
     from pipeline.quantization.writer import VariantFiles, Variants
 
 
@@ -165,7 +163,11 @@ def to_write(
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
     license = workspace.read_measurement("origin").get("license")
     tell = events.progress
-    statistics, rounded = _calibrated(config, workspace, [spec.name for spec in specs])
+    made_for = {
+        spec.name: calibrate.read(config, workspace, spec.name)
+        for spec in specs
+        if spec.name in config.quantize.calibrated
+    }
     return Variants(
         specs,
         folders,
@@ -174,21 +176,10 @@ def to_write(
         name=config.name,
         license=license,
         tell=tell,
-        statistics=statistics,
-        rounded=rounded,
+        statistics=next((made.statistics for made in made_for.values()), {}),  # the same for all
+        rounded={name: made.rounded for name, made in made_for.items() if made.rounded},
+        equivalences={name: made.smoothing for name, made in made_for.items() if made.smoothing},
     ), refused
-
-
-def _calibrated(
-    config: Config, workspace: Workspace, names: Sequence[str]
-) -> tuple[Collected, dict[str, RoundedWeights]]:
-    """Return what the calibration left for these variants."""
-    statistics: Collected = {}
-    rounded: dict[str, RoundedWeights] = {}
-    for name in set(names).intersection(config.quantize.calibrated):
-        statistics, made = calibrate.read(config, workspace, name)
-        rounded |= made
-    return statistics, rounded
 
 
 def keep_written(config: Config, workspace: Workspace, made: Mapping[str, VariantFiles], model: Path) -> None:
