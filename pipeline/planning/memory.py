@@ -40,6 +40,7 @@ LOGITS_BYTES = 30  # per logit: float32 seven and a half times, while two models
 HEAD = 1 << 25  # `inference.output_head.HEAD_ELEMENTS`
 LLAMA_CPP = 100 * MB  # of a process without torch; the stage has closed the file before
 PROBE = 70 * MB  # for the work of a load probe
+RANGE = 2 * 4 * 512  # of a channel: its counts, and those of a part (`quantization.input_range.BINS`)
 BLOCK = 4 * MB  # `row_blocks.BLOCK_BYTES`
 
 
@@ -77,6 +78,8 @@ def calibrating(sizes: Sizes, quantize: Quantize) -> Need:
         "block": width * sizes.linear_parameters // sizes.layers,
         "activations": int(PASS_HOLES * width * (tokens * sizes.hidden + batch)),
     }
+    if quantize.needs_ranges:
+        need["ranges of channels"] = RANGE * sum(gram_sizes(sizes))
     embedding = {"embedding": 2 * sizes.vocabulary * sizes.hidden}  # before the first block only
     rounding = {}
     if with_gram_matrices(quantize):

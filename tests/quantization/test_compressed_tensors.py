@@ -138,16 +138,9 @@ def test_stock_transformers_decompresses_the_codes_that_were_chosen(stock, relea
 
 @pytest.mark.parametrize("case", CASES)
 def test_stock_logits_are_those_of_the_codes(stock, releases, case):
-    from transformers import AutoModelForCausalLM
 
     root, variant = releases[case]
-    model = AutoModelForCausalLM.from_pretrained(root, dtype="auto")
-    checkpoint, codes = Checkpoint(root / variant), codes_of(root, variant)
-    for name, parameter in model.named_parameters():
-        if name in checkpoint and name.removesuffix(".weight") not in codes:  # norms, which smoothing changes
-            parameter.data = checkpoint.read(name)
-    for name, weight in codes.items():
-        model.get_submodule(name).weight.data = weight.dequantize(torch.bfloat16)
+    model = dequantized(root, variant)
     with torch.no_grad():
         expected = model(IDS).logits.float()
     difference = (stock[case][1]["logits"] - expected).norm() / expected.norm()
@@ -227,6 +220,33 @@ def test_planned_bytes_are_those_of_the_files(releases, name):
     spec = VariantSpec(name=variant).resolved()
     tensors = {key: (info.shape, 2.0) for key, info in Checkpoint(root).items()}
     assert stored_bytes(spec, tensors, linear, ()) == Checkpoint(root / variant).nbytes
+
+
+def dequantized(root, variant):
+    """Return the model at the root with the weights and norms of a variant."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(root, dtype="auto")
+    checkpoint, codes = Checkpoint(root / variant), codes_of(root, variant)
+    for name, parameter in model.named_parameters():
+        if name in checkpoint and name.removesuffix(".weight") not in codes:  # norms, which smoothing changes
+            parameter.data = checkpoint.read(name)
+    for name, weight in codes.items():
+        model.get_submodule(name).weight.data = weight.dequantize(torch.bfloat16)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_smoothed_weights_and_norms_compute_what_the_model_does(releases, name):
+    from transformers import AutoModelForCausalLM
+
+    root, variant = releases[name]
+    exact, folded = AutoModelForCausalLM.from_pretrained(root, dtype="auto").eval(), dequantized(root, variant)
+    parts = [dict(model.named_parameters()) for model in (exact, folded)]
+    assert any(not torch.equal(parts[0][key], parts[1][key]) for key in parts[0] if parts[0][key].ndim == 1)
+    with torch.no_grad():
+        expected, found = exact(IDS).logits.float(), folded(IDS).logits.float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_layers_with_one_input_have_one_scale_of_inputs(releases):
