@@ -7,7 +7,8 @@ The demo's training is run twice with the same data, seed and steps: without `tr
 the first is made once for each of `--qualities`: rounded to nearest, or calibrated, or with trained scales as well. All
 models are measured on the same held-out tokens, through their own files. Differences are paired, token by token, and
 their errors are those between examples. The share that is recovered is 1 - (loss of a model above the fine-tuned model
-in bf16) / (loss of the first variant above it), if the latter is beyond two errors.
+in bf16) / (loss of the first variant above it), if the latter is beyond two errors. The seconds of a training step are
+those of this run, held-out measurements included.
 
 MODEL is a Hub id or a folder; by default it is the embedded SmolLM2-135M-Instruct, off the grid that it was packed on
 (`scripts/benchmark_accuracy.py` says why). The results are qat.json in `--output`. Run the same command again to
@@ -62,16 +63,19 @@ def benchmark(arguments: argparse.Namespace) -> None:
     quiet()
     check_grid(arguments.model, None, 0, arguments.output)
     scores: dict[str, Scores] = {}
+    seconds: dict[str, float] = {}
     for quality in arguments.qualities.split(","):
         config = configure(arguments, "plain", f"quantize.quality={quality}", rounding=quality == FAST_QUALITY)
         workspace = run(config, arguments.output)
         scores.setdefault(WHOLE, measure(config, workspace, workspace.release))
+        seconds[WHOLE] = step_seconds(workspace)
         scores[f"{arguments.variant}, {quality}"] = measure(config, workspace, variant_in(arguments, workspace))
     config = configure(arguments, "qat", f"train.qat={arguments.variant}")
     workspace = run(config, arguments.output)
     scores[f"{WHOLE}, {TRAINED}"] = measure(config, workspace, workspace.release)
+    seconds[f"{WHOLE}, {TRAINED}"] = step_seconds(workspace)
     scores[f"{arguments.variant}, {TRAINED}"] = measure(config, workspace, variant_in(arguments, workspace))
-    rows = figures(scores)
+    rows = [row | {"step_seconds": seconds.get(row["model"])} for row in figures(scores)]
     show(arguments, rows)
     write_json(arguments.output / "qat.json", {"steps": arguments.steps, "variant": arguments.variant, "rows": rows})
 
@@ -117,6 +121,13 @@ def measure(config: TrainingRun, workspace: Workspace, folder: Path) -> Scores:
     return metrics.score(model, sequences)
 
 
+def step_seconds(workspace: Workspace) -> float:
+    """Return the seconds of a step of the training, its measurements included."""
+    training = workspace.read_measurement("training")
+    found: float = training["seconds_training"] / training["steps"]
+    return found
+
+
 def figures(scores: dict[str, Scores]) -> list[dict]:
     """Return the loss of each model, and its paired differences from the fine-tuned model and from the first variant.
 
@@ -147,12 +158,13 @@ def figures(scores: dict[str, Scores]) -> list[dict]:
 
 def show(arguments: argparse.Namespace, rows: list[dict]) -> None:
     """Print the table."""
-    table = Table("model", "perplexity", "loss above fine-tuned", "above the first variant", "recovered",
+    table = Table("model", "perplexity", "loss above fine-tuned", "above the first variant", "recovered", "s a step",
                   title=f"held-out text after {arguments.steps} steps")  # fmt: skip
     for row in rows:
         pairs = ("{:+.4f} ± {:.4f}".format(*row[key]) for key in ("above_fine_tuned", "above_first_variant"))
         share = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
-        table.add_row(row["model"], f"{row['perplexity']:.3f}", *pairs, share)
+        step = f"{row['step_seconds']:.2f}" if row["step_seconds"] else ""
+        table.add_row(row["model"], f"{row['perplexity']:.3f}", *pairs, share, step)
     Console().print(table)
 
 
