@@ -40,7 +40,7 @@ def _is(default: object) -> Callable[[object], bool]:
     return lambda value: value == default
 
 
-def _told(trainers: Iterable[Trainer]) -> str:
+def _names_and_purposes(trainers: Iterable[Trainer]) -> str:
     """Return the names of trainers and what they do."""
     return ", ".join(f"`{trainer.name}` {trainer.about}" for trainer in trainers)
 
@@ -89,7 +89,7 @@ class Preference(Section):
     """
 
     data: Data = Field(description="preference pairs")
-    trainer: str = Field(default=DEFAULT_ON_PAIRS, description="kind of training: " + _told(on_pairs()))
+    trainer: str = Field(default=DEFAULT_ON_PAIRS, description="kind of training: " + _names_and_purposes(on_pairs()))
     epochs: Real = Field(default=1, gt=0, le=1000, description="passes over the pairs")
     max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
     batch_size: Count = Field(default=4, description="pairs in one forward pass")
@@ -128,7 +128,7 @@ class Train(Section):
     trainer: str = Field(
         default=DEFAULT_TRAINER,
         exclude_if=_is(DEFAULT_TRAINER),
-        description="kind of fine-tuning: " + _told(TRAINERS.values()),
+        description="kind of fine-tuning: " + _names_and_purposes(TRAINERS.values()),
     )
     method: Literal[*METHODS] = Field(  # type: ignore[valid-type]  # the catalogue has the names
         default=SMALLEST_METHOD.name,
@@ -208,7 +208,7 @@ class Train(Section):
         return METHODS[self.method].adapts
 
     @property
-    def unused(self) -> str | None:
+    def unused_remark(self) -> str | None:
         """Return a remark about settings that have no effect; None if all have one."""
         if self.adapts or self.lora == Lora():
             return None

@@ -95,7 +95,7 @@ class Trainer:
         sequences: sequences in an example.
         packs: True if it can put several examples into one sequence.
         needs_adapter: True if it needs the model before the training, which an adapter leaves as it was.
-        about: what it does, after its name.
+        about: its purpose, as a verb with an object.
         title: its name in cards; empty for the default.
         quantizes: True if it can train with quantization (`train.qat`).
         divides: True if several processes can train together.

@@ -40,7 +40,7 @@ LOGITS_BYTES = 30  # per logit: float32 seven and a half times, while two models
 HEAD = 1 << 25  # `inference.output_head.HEAD_ELEMENTS`
 LLAMA_CPP = 100 * MB  # of a process without torch; the stage has closed the file before
 PROBE = 70 * MB  # for the work of a load probe
-RANGE = 2 * 4 * 512  # of a channel: its counts, and those of a part (`quantization.input_range.BINS`)
+RANGE = 4 * 512  # the counts of a channel (`quantization.input_range.BINS`)
 BLOCK = 4 * MB  # `row_blocks.BLOCK_BYTES`
 
 
@@ -79,12 +79,15 @@ def calibrating(sizes: Sizes, quantize: Quantize) -> Need:
         "activations": int(PASS_HOLES * width * (tokens * sizes.hidden + batch)),
     }
     if quantize.needs_ranges:
-        need["ranges of channels"] = RANGE * sum(gram_sizes(sizes))
+        need["ranges of channels"] = RANGE * (sum(gram_sizes(sizes)) + 4 * max(gram_sizes(sizes)))
+        need["changed weights"] = need["block"]
     embedding = {"embedding": 2 * sizes.vocabulary * sizes.hidden}  # before the first block only
     rounding = {}
     if with_gram_matrices(quantize):
         rows, columns = max(sizes.linear.values(), key=math.prod, default=(0, 0))
-        rounding["gram matrices"] = 4 * sum(k**2 for k in gram_sizes(sizes)) + 3 * 4 * max(gram_sizes(sizes)) ** 2
+        copies = 2 if any(spec.variant.static_inputs for spec in with_gram_matrices(quantize)) else 1
+        matrices = copies * sum(k**2 for k in gram_sizes(sizes))
+        rounding["gram matrices"] = 4 * matrices + 3 * 4 * max(gram_sizes(sizes)) ** 2
         rounding["rounding"] = 4 * 4 * rows * columns
     return need | max(embedding, rounding, key=total)
 

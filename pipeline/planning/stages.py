@@ -128,7 +128,7 @@ def _train(config: TrainingRun, sizes: Sizes, machine: Machine, data_bytes: int)
         temporary={"checkpoint": (4 + moments) * trained},
         host=host,
         gpu=gpu,
-        notes=(config.train.unused,) if config.train.unused else (),
+        notes=(config.train.unused_remark,) if config.train.unused_remark else (),
     )
 
 

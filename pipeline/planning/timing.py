@@ -24,6 +24,7 @@ ALLOCATED_GRIDS = 2  # roundings of all rows: one whole, and samples of rows on 
 DISTILLED_PASSES = 5  # forward passes, or as much other work, for one token of a distillation
 DISTILLED_LOGITS = 4  # products with the output head, or as much other work, for the same
 WHOLE_STEP = 1.5  # of the products for an adapter: the gradients of weights come on top
+QAT_ROUNDINGS = 4  # in each forward and backward pass: one of every weight, and as much work to merge it, in float64
 GPTQ_PASSES = 20  # products of a weight with a Gram matrix, or as much other work, for one rounding by GPTQ
 
 
@@ -85,6 +86,9 @@ def _training(speeds: Speeds, config: TrainingRun, sizes: Sizes, steps: int) -> 
         step *= WHOLE_STEP
     if METHODS[train.method].in_nf4:
         step += 2 * sizes.linear_parameters / speeds.nf4_weights
+    if train.qat:
+        nearest = config.quantize.spec(train.qat).model_copy(update={"rounding": NEAREST})
+        step += QAT_ROUNDINGS * _rounding(speeds, sizes, [nearest])
     measured = 1 + steps // train.evaluate_every
     held_out = HELD_OUT_SHARE * config.evaluate.max_tokens * weights / speeds.forward
     loop = steps * train.accumulate * step + measured * held_out

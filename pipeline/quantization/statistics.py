@@ -33,7 +33,7 @@ class Statistics:
     range: InputRange | None = None
 
     def divided(self, exponents: torch.Tensor) -> Statistics:
-        """Return the statistics of inputs whose channels are divided by powers of two; the range is that already.
+        """Return the statistics of inputs whose channels are divided by powers of two; the range stays.
 
         Args:
             exponents: of the channels, (K,).

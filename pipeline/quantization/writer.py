@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,10 @@ class Variants:
     def _open(self, spec: VariantSpec, source: Source, stack: ExitStack) -> None:
         """Open the files of a variant, and before them the shared files that they are made of."""
         check_experts(spec, self._linear)
+        if equivalence := self._equivalences.get(spec.name):
+            if missing := sorted(equivalence.names - set(source.tensors)):
+                raise QuantizationError(f"{missing[0]}: to be smoothed, but the checkpoint has no such tensor")
+            source = replace(source, statistics=equivalence.divide(source.statistics))
         if spec.name not in self._rounded:
             check_collected(spec, self._statistics)
         output = format_of(spec).output(spec, Path(self._output[spec.name]), source, self._outputs)

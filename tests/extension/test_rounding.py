@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, QuantizationError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.matrices import linear_weights
 from pipeline.quantization.formats import storage
-from pipeline.quantization.statistics import Statistics
+from pipeline.quantization.statistics import Collected, Statistics
 from pipeline.quantization.writer import Variants
 from tests.extension import floor_rounding, needing_rounding
 from tests.extension.runs import quantizing
@@ -100,7 +100,10 @@ class Doubled:
     """An equivalence that doubles one weight."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.names = name, {name}
+
+    def divide(self, collected: Collected) -> Collected:
+        return collected
 
     def apply(self, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
         return rows * 2 if name == self.name else rows
@@ -112,3 +115,9 @@ def test_equivalence_changes_weights_before_they_are_rounded(tmp_path, tiny_mode
     doubled = made(tiny_model("llama"), tmp_path / "doubled", spec, equivalences={"int8": Doubled(name)})
     assert torch.equal(doubled.pop(name), 2 * plain.pop(name))
     assert all(torch.equal(doubled[other], weight) for other, weight in plain.items())
+
+
+def test_equivalence_of_a_tensor_that_the_checkpoint_lacks_is_refused(tmp_path, tiny_model):
+    spec = VariantSpec(name="int8").resolved()
+    with pytest.raises(QuantizationError, match=r"other\.weight: .* the checkpoint has no such tensor"):
+        made(tiny_model("llama"), tmp_path, spec, equivalences={"int8": Doubled("other.weight")})

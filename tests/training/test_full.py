@@ -99,7 +99,7 @@ def test_settings_that_need_an_adapter_are_refused(tiny_model, tmp_path, setting
 def test_settings_of_an_adapter_are_named_as_unused(tiny_model, tmp_path):
     place = place_for(tmp_path, tiny_model("llama"), train={**STEPS, "lora": {"rank": 4}})
     assert "train.lora: has no effect, since train.method full" in place.tunepress("plan", str(place.config)).stdout
-    assert load_config(str(place.config), ("train.method=lora",)).train.unused is None
+    assert load_config(str(place.config), ("train.method=lora",)).train.unused_remark is None
 
 
 def test_several_processes_are_refused(tiny_model, tmp_path):

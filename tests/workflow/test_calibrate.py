@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import io
@@ -16,7 +17,8 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cli.terminal import show_status
 from pipeline.config.loader import load_config
@@ -114,6 +116,51 @@ def test_stopped_calibration_goes_on_with_the_next_block_and_gives_the_same_byte
     monkeypatch.chdir(place.folder)
     run(load_config(str(place.config)), "runs", fresh=True, start=run_stage_here)
     assert resumed == made(place)
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_smoothed_variant_is_the_model_in_eight_bits_also_after_a_stop(
+    place, tmp_path, tiny_model, monkeypatch, rounding
+):
+    static = {"name": "w8a8-static", "rounding": rounding}
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    norms = [name for name in weights if name.endswith("input_layernorm.weight")]
+    for name in norms:
+        weights[name][3] *= 64  # a channel that is much larger than the others
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    write(tmp_path, model, variants=[static, VARIANT])
+    plain = BlockwiseModel.loaded
+    ran = []
+
+    def loaded(self, block):
+        ran.append(block)
+        if ran == [0, 1, 0, 1, 0, 1]:  # the check runs every block twice
+            raise KeyboardInterrupt
+        return plain(self, block)
+
+    monkeypatch.setattr(BlockwiseModel, "loaded", loaded)
+    with pytest.raises(Interrupted):
+        made(place)
+    together = made(place)
+    assert ran == [0, 1, 0, 1, 0, 1, 1]
+    release = tmp_path / "runs/tiny/release"
+    stored, base = (Checkpoint(folder) for folder in (release / "w8a8-static", model))
+    assert all(stored.read(name)[3] <= base.read(name)[3] / 4 for name in norms) and len(norms) == 2
+    form = storage("static-quantized")
+    smoothed = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    exact = copy.deepcopy(smoothed)
+    for name in (name for name in weights if weights[name].ndim == 1):
+        smoothed.get_parameter(name).data = stored.read(name).float()
+    for name, shape in linear_weights(model).items():
+        smoothed.get_parameter(name).data = form.read(stored, name, shape).dequantize(torch.float32)
+    ids = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        expected, found = exact(ids).logits, smoothed(ids).logits
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    write(tmp_path, model)
+    run(load_config(str(place.config)), "runs", fresh=True, start=run_stage_here)
+    assert made(place) == together  # int4 does not depend on the other variant's smoothing
 
 
 def test_status_tells_a_calibration_that_runs_is_stopped_done_or_cleaned(place, tmp_path, monkeypatch):
@@ -470,7 +517,7 @@ READ_TWICE = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.cli.terminal import show_status
 from pipeline.config.loader import load_config
 from pipeline.workflow.stages.calibration_text import windows

@@ -82,6 +82,10 @@ class BlockwiseModel:
         """Return a weight (N, K) as it is stored."""
         return self._checkpoint.read(name)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the type in which a parameter is stored."""
+        return self._checkpoint[name].dtype
+
     def weight_rows(self, name: str, first: int, stop: int) -> torch.Tensor:
         """Return rows (n, K) of a weight as they are stored."""
         return self._checkpoint.read_rows(name, first, stop)

@@ -10,7 +10,8 @@ import torch
 from pipeline.config.catalog import Need
 from pipeline.quantization.calibration.blocks import BlockwiseModel
 from pipeline.quantization.calibration.check import check_blocks
-from pipeline.quantization.equivalences.folding import Fold, FoldedPowers, find_folds
+from pipeline.quantization.calibration.folds import computes_the_same, find_folds, largest_exponent
+from pipeline.quantization.equivalences.folding import FoldedPowers
 from pipeline.quantization.equivalences.smoothing import column_energies, smoothed
 from pipeline.quantization.input_range import ChannelRanges
 from pipeline.quantization.statistics import Statistics
@@ -20,7 +21,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Collected:
-    """What a block gave.
+    """The statistics and the outputs of a block.
 
     Attributes:
         block: its number.
@@ -63,35 +64,52 @@ def collect(
             activations = [model.enter(ids) for ids in batches]
     activations = [hidden.to(model.device) for hidden in activations]
     for block in range(first, model.count):
-        sums, powers, first_input = Sums(need, ranges), FoldedPowers(), activations[0]
-        with model.loaded(block):
-            for number, ids in enumerate(batches):
-                sums.begin()
-                activations[number] = model.run(block, ids, activations[number], sums.add)
-            found = sums.statistics()
-            if ranges:
-                folds = find_folds(model, block, sums.together(), batches[0], first_input)
-                found, powers = _smoothed(model, sums, found, folds)
-        yield Collected(block, found, activations, powers)
-        del found  # or its Gram matrices would stay in memory until those of the next block are there
+        # No name here may hold what was collected, or it would stay in memory until the next block is done.
+        yield _collected(model, block, batches, activations, need, ranges)
 
 
-def _smoothed(
-    model: BlockwiseModel, sums: Sums, found: dict[str, Statistics], folds: Sequence[Fold]
-) -> tuple[dict[str, Statistics], FoldedPowers]:
-    """Return the statistics of a loaded block with the ranges of smoothed inputs, and the smoothing."""
-    fold_of = {fold.consumers[0]: fold for fold in folds}
-    powers, ranged = FoldedPowers(), dict[str, Statistics]()
-    for names in sums.together():
-        first = names[0]
-        inputs, moments = sums.ranges(first), found[first].second_moments
-        weights = [model.skeleton.get_parameter(name).data for name in names]
-        energies, exponents = column_energies(weights), None
-        if first in fold_of and (chosen := smoothed(fold_of[first], inputs, moments, weights)):
-            powers, exponents = powers | chosen, chosen.multiplied[first]
-            energies = energies * exponents.float().exp2().square()
-        ranged |= dict.fromkeys(names, replace(found[first], range=inputs.together(energies, exponents)))
-    return ranged, powers
+def _collected(
+    model: BlockwiseModel,
+    block: int,
+    batches: Sequence[torch.Tensor],
+    activations: list[torch.Tensor],
+    need: Need,
+    ranges: bool,
+) -> Collected:
+    """Run a block on all batches, and return what it gives.
+
+    Args:
+        activations: its inputs (B, T, H), which its outputs replace.
+    """
+    sums, entered = Sums(need, ranges), activations[0]
+    with model.loaded(block):
+        for number, ids in enumerate(batches):
+            sums.begin()
+            activations[number] = model.run(block, ids, activations[number], sums.add)
+        sums.begin()
+        found = sums.statistics()
+        if not ranges:
+            return Collected(block, found, activations)
+        together = sums.together()
+        energies = {names[0]: column_energies(_weights(model, names)) for names in together}
+        powers = FoldedPowers()
+        for fold in find_folds(model, block, together, batches[0], entered):
+            first, highest = fold.consumers[0], largest_exponent(model, (*fold.producer, *fold.consumers))
+            weights, moments = _weights(model, fold.consumers), found[first].second_moments
+            powers |= smoothed(fold, sums.ranges(first), moments, weights, energies[first], highest)
+        if not computes_the_same(model, block, batches[0], entered, activations[0], powers):
+            powers = FoldedPowers()  # the block clamps values that folds change
+    for first, *others in together:
+        exponents = powers.multiplied.get(first)
+        energy = energies[first] if exponents is None else energies[first] * exponents.float().exp2().square()
+        ranged = replace(found[first], range=sums.ranges(first).together(energy, exponents))
+        found |= dict.fromkeys((first, *others), ranged)
+    return Collected(block, found, activations, powers)
+
+
+def _weights(model: BlockwiseModel, names: Sequence[str]) -> list[torch.Tensor]:
+    """Return weights of a loaded block."""
+    return [model.skeleton.get_parameter(name).data for name in names]
 
 
 class Sums:

@@ -6,9 +6,18 @@ from typing import Protocol
 
 import torch
 
+from pipeline.quantization.statistics import Collected
+
 
 class Equivalence(Protocol):
     """A change of one model's weights, such as scales that are folded into neighbouring layers."""
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names of the tensors that change."""
+
+    def divide(self, collected: Collected) -> Collected:
+        """Return the statistics of the layers' inputs after the change."""
 
     def apply(self, name: str, rows: torch.Tensor, first: int) -> torch.Tensor:
         """Return changed rows (n, ...) of the tensor `name`, with their shape and dtype; `rows` stay as they are.

@@ -14,40 +14,55 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.quantization.equivalences.folding import LARGEST_EXPONENT, Fold, FoldedPowers
+from pipeline.quantization.equivalences.folding import Fold, FoldedPowers
 from pipeline.quantization.input_range import CODES, ChannelRanges
 
 SHARES = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0)  # of the inputs' range that weights take over
+LOWEST_EXPONENT = -2  # a channel that is small on calibration text may be larger on other text
 SMALLEST = 1e-5  # for logarithms
+_ROWS = 1024  # of a weight that are squared at a time
 
 
 def smoothed(
-    fold: Fold, inputs: ChannelRanges, second_moments: torch.Tensor, weights: Sequence[torch.Tensor]
-) -> FoldedPowers | None:
-    """Return the powers of a fold that lower the expected error of its layers' outputs most; None if none does.
+    fold: Fold,
+    inputs: ChannelRanges,
+    second_moments: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    energies: torch.Tensor,
+    highest: int,
+) -> FoldedPowers:
+    """Return the powers of a fold that lower the expected error of its layers' outputs most; no powers if none does.
 
     Args:
+        fold: the fold.
         inputs: the ranges of the K channels of the inputs.
         second_moments: mean squares of the inputs, (K,).
         weights: of the consumers, (M, K) each, in any floating type.
+        energies: of their columns, (K,), see `column_energies`.
+        highest: the largest exponent.
     """
     columns = torch.stack([weight.abs().amax(0).float().cpu() for weight in weights]).amax(0)
-    large, heavy = (fold.largest(values).clamp(min=SMALLEST).log2() for values in (inputs.largest, columns))
-    energies, moments = column_energies(weights), second_moments.cpu()
-    none = torch.zeros(len(moments), dtype=torch.int8)
-    best, least = None, _error(inputs, energies, moments, weights, none)
+    sizes = fold.largest(inputs.largest)
+    large, heavy = (values.clamp(min=SMALLEST).log2() for values in (sizes, fold.largest(columns)))
+    is_live, moments = sizes > 0, second_moments.cpu()  # nothing is known about a channel that was always zero
+    unchanged = torch.zeros(fold.rows, dtype=torch.int8)
+    best, least = None, _error(inputs, energies, moments, weights, unchanged[fold.row_of_column])
+    if not is_live.any():
+        return FoldedPowers()
     for share in SHARES:
         wanted = share * large - (1 - share) * heavy
-        exponents = (wanted - wanted.median()).round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int8)
-        found = _error(inputs, energies, moments, weights, exponents[fold.places])
+        wanted = (wanted - wanted[is_live].median()).round().clamp(LOWEST_EXPONENT, highest)
+        exponents = torch.where(is_live, wanted, 0).to(torch.int8)
+        found = _error(inputs, energies, moments, weights, exponents[fold.row_of_column])
         if found < least:
             best, least = exponents, found
-    return None if best is None else FoldedPowers.of(fold, best)
+    return FoldedPowers() if best is None else FoldedPowers.of(fold, best)
 
 
 def column_energies(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the sum of the squares in each of the K columns of some weights (M, K), (K,) float32."""
-    return torch.stack([weight.float().square().sum(0).cpu() for weight in weights]).sum(0)
+    parts = (rows for weight in weights for rows in weight.split(_ROWS))
+    return torch.stack([rows.float().square().sum(0).cpu() for rows in parts]).sum(0)
 
 
 def _error(

@@ -36,7 +36,7 @@ FOLDER, STATISTICS, BORDER = "calibration", "statistics.safetensors", "border.sa
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a calibration left for a variant.
+    """The results of a calibration for a variant.
 
     Attributes:
         statistics: by the name of the weight.
@@ -226,7 +226,7 @@ def about(config: Config, workspace: Workspace) -> dict:
 
 
 def read(config: Config, workspace: Workspace, name: str) -> Calibrated:
-    """Return what a finished calibration left for a variant."""
+    """Return the results of a finished calibration for a variant."""
     from pipeline.quantization.calibration.store import RoundedFolder, read_statistics
 
     folder, spec = workspace.folder / FOLDER, config.quantize.spec(name)

@@ -223,11 +223,9 @@ def _train(trainer: Any, checkpoints: Path, group: ProcessGroup) -> int | None:
     """Train to the end, and return the step of the checkpoint that training went on from, if there was one."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    from pipeline.training.checkpoints import TRAINER_STATE, find_best_checkpoint, restore_token_count
+    from pipeline.training.checkpoints import TRAINER_STATE, restore_token_count
 
     found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if found and TrainingProcess.current().is_main:
-        find_best_checkpoint(Path(found))
     last = group.broadcast(Path(found).name if found else None)
     if last and not (checkpoints / last / TRAINER_STATE).is_file():
         raise UserError(f"{checkpoints / last}: machine 0 goes on from this checkpoint, which is not to be seen here; "

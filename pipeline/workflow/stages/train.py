@@ -100,8 +100,8 @@ def run(config: TrainingRun, workspace: Workspace, events: Events, variants: tup
     if hardware.compute_dtype("cuda" if torch.cuda.is_available() else "cpu") == torch.float16:
         events.show(["computing in float16: this GPU has no bfloat16 instructions (compute capability below 8.0)"])
     work = Work(prepared.base, prepared.tokenizer, workspace, events, group, process)
-    if config.train.unused:
-        events.show([config.train.unused])
+    if config.train.unused_remark:
+        events.show([config.train.unused_remark])
     checkpoints = _checkpoints(config, workspace, process, depends_on, *([second] if second else []))
     output = workspace.adapter if config.train.adapts else workspace.trained
     if pairs:
@@ -251,7 +251,9 @@ def _checkpoints(config: Config, workspace: Workspace, process: TrainingProcess,
     Args:
         steps: the fingerprint of each training.
     """
-    from pipeline.training.checkpoints import is_complete
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from pipeline.training.checkpoints import find_best_checkpoint, is_complete
 
     run = workspace.folder.parent / config.name if process.machine else workspace.folder
     checkpoints = Workspace(run).checkpoints
@@ -265,4 +267,6 @@ def _checkpoints(config: Config, workspace: Workspace, process: TrainingProcess,
         for checkpoint in folder.glob("checkpoint-*"):
             if not is_complete(checkpoint):
                 shutil.rmtree(checkpoint)
+        if folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+            find_best_checkpoint(Path(last))
     return own
