@@ -24,7 +24,7 @@ ALLOCATED_GRIDS = 2  # roundings of all rows: one whole, and samples of rows on 
 DISTILLED_PASSES = 5  # forward passes, or as much other work, for one token of a distillation
 DISTILLED_LOGITS = 4  # products with the output head, or as much other work, for the same
 WHOLE_STEP = 1.5  # of the products for an adapter: the gradients of weights come on top
-QAT_ROUNDINGS = 4  # in each forward and backward pass: one of every weight, and as much work to merge it, in float64
+QAT_ROUNDINGS = 7  # of all weights in a forward and a backward pass: two, and more work to merge them in float64
 GPTQ_PASSES = 20  # products of a weight with a Gram matrix, or as much other work, for one rounding by GPTQ
 
 

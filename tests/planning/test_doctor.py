@@ -167,6 +167,17 @@ def test_slower_speeds_make_longer_times(tmp_path, monkeypatch):
     assert limit < make_plan(config).seconds["train"] < limit + 60
 
 
+def test_training_with_quantization_takes_longer_by_the_speed_of_rounding(measured):
+    config = load_config("demo", ["train.max_minutes=null", "quantize.quality=fast"])
+    with_qat = config.model_copy(update={"train": config.train.model_copy(update={"qat": "int4"})})
+    plain, trained = (make_plan(asked).seconds["train"] for asked in (config, with_qat))
+    benchmark.save_speeds(
+        replace(SPEEDS, place=this_machine(Path("runs")).name, rounding=dict.fromkeys(SPEEDS.rounding, 1e7))
+    )
+    slower = make_plan(with_qat).seconds["train"]
+    assert trained > plain and slower - plain == pytest.approx(10 * (trained - plain))
+
+
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """Give this machine a known speed."""

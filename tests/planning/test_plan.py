@@ -8,10 +8,12 @@ import json
 import pytest
 from huggingface_hub import DatasetInfo
 
-from pipeline.config.loader import parse_config, shipped_configs
+from pipeline.config.loader import load_config, parse_config, shipped_configs
 from pipeline.config.schema import Data, VariantSpec
 from pipeline.errors import DataError
+from pipeline.planning import memory
 from pipeline.planning.data import data_size, fetched_bytes, split_figures
+from pipeline.planning.model import read_sizes
 from pipeline.quantization.formats import is_dequantized_to_run
 from tests.support.recipes import MODELS, put_hollow
 
@@ -305,3 +307,13 @@ def test_experts_of_compressed_tensors_are_planned_dequantized(variant, layer, e
     spec = VariantSpec(name=variant).resolved()
     assert is_dequantized_to_run(spec, ["model.layers.0.mlp.up_proj.weight"]) == layer
     assert is_dequantized_to_run(spec, ["model.layers.0.mlp.experts.3.up_proj.weight"]) == experts
+
+
+def test_calibration_with_static_inputs_needs_more_memory():
+    hosts = []
+    for variant in ("w8a8-static", "int4"):
+        settings = ["quantize.quality=calibrated", f'quantize.variants=[{{"name": "{variant}", "rounding": "rtn"}}]']
+        config = load_config("demo", settings)
+        hosts.append(memory.calibrating(read_sizes(config.model), config.quantize))
+    assert hosts[0].keys() - hosts[1].keys() == {"ranges of channels", "changed weights"}
+    assert memory.total(hosts[0]) > memory.total(hosts[1])
