@@ -156,17 +156,19 @@ def train(place: Place, name: str) -> Figures:
 
 
 def merge(place: Place, method: str) -> Figures:
-    """Merge with `tunepress merge` into the base that was trained on, and compare with the unmerged adapter."""
+    """Merge with `tunepress merge`, and compare with the base and the unmerged adapter, or the trained weights."""
     from pipeline.config.loader import load_config
     from pipeline.inference.load import load
+    from pipeline.models.safe_loading import open_model
     from pipeline.workflow.stages.merge import live_model
 
     config, folder = place.config(method), place.runs / method
-    if not (folder / "adapter").is_dir():
-        raise NotHere(f"{method} trains no adapter")
     place.tunepress("merge", config, place.runs)
     ids = ids_of(place.model)
-    live = logits(live_model(load_config(config), place.model, folder / "adapter"), ids)
+    if METHODS[method].adapts:
+        live = logits(live_model(load_config(config), place.model, folder / "adapter"), ids)
+    else:
+        live = logits(open_model(folder / "trained", dtype="float32").to(place.device), ids)
     base = logits(load(place.model, device=place.device)[0], ids)
     merged = logits(load(folder, device=place.device)[0], ids)
     learned = apart(base, live)
