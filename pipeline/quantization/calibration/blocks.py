@@ -75,8 +75,7 @@ class BlockwiseModel:
 
     def names_of(self, block: int) -> list[str]:
         """Return the names of the parameters of a block."""
-        names = (name for name in self._stored if name.startswith(f"{self._prefix}{block}."))
-        return [name for name in names if _is_parameter(self.skeleton, name)]
+        return [name for name in self._stored_in(block) if _is_parameter(self.skeleton, name)]
 
     def weight(self, name: str) -> torch.Tensor:
         """Return a weight (N, K) as it is stored."""
@@ -93,8 +92,8 @@ class BlockwiseModel:
     @contextmanager
     def loaded(self, block: int) -> Iterator[None]:
         """Hold the weights of a block in memory."""
-        names = [name for name in self._stored if name.startswith(f"{self._prefix}{block}.")]
-        shapes = {name: self.skeleton.get_parameter(name) for name in names if _is_parameter(self.skeleton, name)}
+        names = self._stored_in(block)
+        shapes = {name: self.skeleton.get_parameter(name) for name in self.names_of(block)}
         for name in names:
             self._put(name)
         try:
@@ -269,6 +268,10 @@ class BlockwiseModel:
                 del self._layers[block].forward
             if embedding is None:
                 del self._embedding.forward
+
+    def _stored_in(self, block: int) -> list[str]:
+        """Return the names of the stored parameters and buffers of a block."""
+        return [name for name in self._stored if name.startswith(f"{self._prefix}{block}.")]
 
     def _put(self, name: str) -> None:
         stored = self._checkpoint.read(name)

@@ -36,17 +36,17 @@ FOLDER, STATISTICS, BORDER = "calibration", "statistics.safetensors", "border.sa
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The results of a calibration for a variant.
+    """The results of a calibration.
 
     Attributes:
         statistics: by the name of the weight.
-        rounded: its rounded weights, if they were rounded with Gram matrices.
-        smoothing: the change of the model's weights before they are rounded, if its inputs are smoothed.
+        rounded: the weights of each variant that was rounded with Gram matrices.
+        smoothing: for each variant with smoothed inputs, the change of the model's weights before they are rounded.
     """
 
     statistics: dict[str, Statistics]
-    rounded: RoundedWeights | None
-    smoothing: FoldedPowers | None
+    rounded: dict[str, RoundedWeights]
+    smoothing: dict[str, FoldedPowers]
 
 
 def parameters(config: Config, variant: str | None) -> dict:
@@ -225,15 +225,20 @@ def about(config: Config, workspace: Workspace) -> dict:
     return calibration_text.about(config, workspace) | {"calibration_tokens": tokens}
 
 
-def read(config: Config, workspace: Workspace, name: str) -> Calibrated:
-    """Return the results of a finished calibration for a variant."""
+def read(config: Config, workspace: Workspace, names: Collection[str]) -> Calibrated:
+    """Return the results of a finished calibration for these variants; nothing for those that were not calibrated."""
     from pipeline.quantization.calibration.store import RoundedFolder, read_statistics
 
-    folder, spec = workspace.folder / FOLDER, config.quantize.spec(name)
-    made = (workspace.folder / DISTILLED if name in config.quantize.distilled else folder) / name
-    statistics, smoothing = read_statistics(folder / STATISTICS)
+    specs = [config.quantize.spec(name) for name in names if name in config.quantize.calibrated]
+    if not specs:
+        return Calibrated({}, {}, {})
+    statistics, smoothing = read_statistics(workspace.folder / FOLDER / STATISTICS)
+
+    def folder(name: str) -> Path:
+        return workspace.folder / (DISTILLED if name in config.quantize.distilled else FOLDER) / name
+
     return Calibrated(
         statistics,
-        RoundedFolder(made) if spec.need(True) == Need.GRAM_MATRIX else None,
-        smoothing if spec.variant.static_inputs else None,
+        {spec.name: RoundedFolder(folder(spec.name)) for spec in specs if spec.need(True) == Need.GRAM_MATRIX},
+        {spec.name: smoothing for spec in specs if spec.variant.static_inputs},
     )

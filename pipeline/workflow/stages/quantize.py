@@ -163,11 +163,7 @@ def to_write(
     folders = {spec.name: empty_folder(_partial(workspace, spec.name)) for spec in specs}
     license = workspace.read_measurement("origin").get("license")
     tell = events.progress
-    made_for = {
-        spec.name: calibrate.read(config, workspace, spec.name)
-        for spec in specs
-        if spec.name in config.quantize.calibrated
-    }
+    calibrated = calibrate.read(config, workspace, [spec.name for spec in specs])
     return Variants(
         specs,
         folders,
@@ -176,9 +172,9 @@ def to_write(
         name=config.name,
         license=license,
         tell=tell,
-        statistics=next((made.statistics for made in made_for.values()), {}),  # the same for all
-        rounded={name: made.rounded for name, made in made_for.items() if made.rounded},
-        equivalences={name: made.smoothing for name, made in made_for.items() if made.smoothing},
+        statistics=calibrated.statistics,
+        rounded=calibrated.rounded,
+        equivalences=calibrated.smoothing,
     ), refused
 
 
